@@ -11,7 +11,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
 	@echo "make demo-rl  a small model learns to add from verified answers, with controls (ten minutes)"
-	@echo "make test     run the tests, in about 40 minutes on two cores"
+	@echo "make test     run the tests, in about half an hour on two cores"
 	@echo "make test-fast  run two thirds of them, of every folder, in about five minutes"
 	@echo "make test-costs measure them, and write which of them are slow (tests/slow.txt)"
 	@echo "make faults   kill, fill and corrupt runs at twenty random points of each kind"

@@ -118,7 +118,7 @@ def in_parts(
 
 
 def with_other_media(records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The records with the images of the next record that has as many, in a circle: a control."""
+    """The records with the images or clips of the next record that has as many, in a circle: a control."""
     made = list(records)
     for count in {len(media_in(record)) for record in records} - {0}:
         rows = [i for i, record in enumerate(records) if len(media_in(record)) == count]

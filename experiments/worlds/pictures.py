@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.worlds import arithmetic
+from experiments.worlds import arithmetic, toy_text
 from jaxft import rl
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder, DecoderConfig, EncoderConfig
@@ -152,17 +152,7 @@ def rows_of(pictures: Pictures) -> dict[str, np.ndarray]:
     """Rows of prompts and answers for supervised training, padded at both ends as rollouts are."""
     ids = asked(pictures).ids
     given = [Tokenizer().encode([*tokens_of(r["answer"]), STOP]) for r in pictures.records]
-    lead = max(map(len, ids))
-    tokens = np.zeros((len(ids), lead + LIMIT), np.int32)
-    seen, mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
-    for i, (prompt, answer) in enumerate(zip(ids, given, strict=True)):
-        place = slice(lead - len(prompt), lead + len(answer))
-        tokens[i, place], seen[i, place] = prompt + answer, True
-        mask[i, lead : lead + len(answer)] = 1
-    positions = np.maximum(np.cumsum(seen, axis=1) - 1, 0).astype(np.int32)
-    segments = seen.astype(np.int32)
-    whole = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
-    return whole | {"images": pictures.images}
+    return toy_text.answered_rows(ids, given, LIMIT) | {"images": pictures.images}
 
 
 def tokens_of(answer: str) -> list[str]:

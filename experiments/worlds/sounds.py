@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.worlds import arithmetic
+from experiments.worlds import arithmetic, toy_text
 from jaxft import rl
 from jaxft.data import LogMel
 from jaxft.generation import SamplingConfig
@@ -225,19 +225,9 @@ def rows_of(
     """
     ids, size = asked(clips, wanted).ids, size or LIMITS[wanted]
     given = [Tokenizer().encode(tokens_of(r["answer"], wanted, rng)) for r in clips.records]
-    lead = max(map(len, ids))
-    tokens = np.zeros((len(ids), lead + size), np.int32)
-    seen, mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
-    for i, (prompt, answer) in enumerate(zip(ids, given, strict=True)):
-        place = slice(lead - len(prompt), lead + len(answer))
-        tokens[i, place], seen[i, place] = prompt + answer, True
-        mask[i, lead : lead + len(answer)] = 1
-    positions = np.maximum(np.cumsum(seen, axis=1) - 1, 0).astype(np.int32)
-    return {
-        "tokens": tokens, "segment_ids": seen.astype(np.int32), "positions": positions,
-        "loss_mask": mask, "completion_mask": mask[:, lead:] > 0,
-        "audio": clips.audio, "audio_frames": clips.audio_frames,
-    }  # fmt: skip
+    rows = toy_text.answered_rows(ids, given, size)
+    media = {"audio": clips.audio, "audio_frames": clips.audio_frames}
+    return rows | {"completion_mask": rows["loss_mask"][:, -size:] > 0} | media
 
 
 def tokens_of(answer: str, wanted: str, rng: np.random.Generator) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,25 @@ def sampler(
         return part.tokens, part.mask, part.log_probs
 
     return sample
+
+
+def answered_rows(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], size: int
+) -> dict[str, np.ndarray]:
+    """Rows of prompts and their right answers of at most `size` tokens, padded at both ends as rollouts are.
+
+    `loss_mask` counts the answers.
+    """
+    lead = max(map(len, prompts))
+    tokens = np.zeros((len(prompts), lead + size), np.int32)
+    seen, mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        place = slice(lead - len(prompt), lead + len(answer))
+        tokens[i, place], seen[i, place] = [*prompt, *answer], True
+        mask[i, lead : lead + len(answer)] = 1
+    positions = np.maximum(np.cumsum(seen, axis=1) - 1, 0).astype(np.int32)
+    segments = seen.astype(np.int32)
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
 
 
 def rows(prompts: Any, completions: Any, mask: Any = None) -> dict[str, jax.Array]:

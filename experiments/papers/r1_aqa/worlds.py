@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.worlds import arithmetic, documents, questions, sounds, spoken
+from experiments.worlds import arithmetic, documents, loaded, questions, sounds, spoken
 from jaxft import data, rl, train
-from jaxft.data.media import media_in, with_media
 from jaxft.generation import generate
 from jaxft.objectives import policy_gradient, supervised
 from jaxft.rewards import SeveralRewards, option_reward, tag_format_reward
@@ -174,9 +173,8 @@ def _measured(config, model, new, seed, params, thinks, shown):
         f"{prefix}skills": {k: float(x[kinds == k, 0].mean()) for k in dict.fromkeys(kinds.tolist())},
         f"{prefix}format": float(x[:, 1].mean()),
     }  # fmt: skip
-    if (
-        shown == "other"
-    ):  # Several others for each, since a quarter of them has the same class by chance.
+    if shown == "other":
+        # Several others for each, since a quarter of them has the same class by chance.
         each = [
             parts(sounds.others(new, by), config.samples, 1.0) for by in range(1, config.swaps + 1)
         ]
@@ -249,7 +247,7 @@ def of_source(config: Any, task: questions.Task, seed: int) -> World:
         own, found = tasks[wanted(thinks)], {}
         records = own.held_out.records[: config.held_out]
         if shown == "other":
-            records = others(records)
+            records = loaded.with_other_media(records)
         asked = questions.asked(task.settings, task.renderer, records)
         for name, samples, temperature in (("", config.samples, 1.0), ("greedy_", 1, 0.0)):
             texts = questions.texts(
@@ -285,8 +283,3 @@ def _answered(record):
     """The record with its answer in tags, which supervised fine-tuning has."""
     text = f"<answer>{record['answer']}</answer>"
     return record | {"completion": [{"role": "assistant", "content": text}]}
-
-
-def others(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, each with the clip of the one before it, in a circle."""
-    return [with_media(r, media_in(records[i - 1])) for i, r in enumerate(records)]
